@@ -10,7 +10,7 @@ from tdpass.models.abilities import SlicesStreams
 from tdpass.models.base import Batch, Model
 from tdpass.passes.slicing import ROUNDING, Slices, Slicing, cause_of
 from tdpass.pipeline import register_pass
-from tdpass.planner.heads import Bases, Bond, find_bases, find_bonds, narrowed
+from tdpass.planner.heads import Bases, Bond, Bonds, find_bases, find_bonds, fitting, narrowed
 from tdpass.planner.trials import gap
 from tdpass.planner.widths import Widths
 
@@ -28,20 +28,26 @@ class SliceHeads(Slicing):
     become `V M` and what reads them `W_o N`.  Shapes follow: attributes of torch modules that speak of the
     width of heads, constants of Reshape and Expand in ONNX graphs.  Where modules give queries, keys and
     values one width, all change or none.  A narrower model must answer as the whole one with the same
-    channels at zero, else nothing is changed and the report says why.  Queries and keys that a rotary
-    embedding turns keep their channels.  `keep` is the share of channels that is left; with a budget among
-    the options (`params=0.9`) it is the largest that meets it.  Comes before `plan`.
+    channels at zero, else nothing is changed and the report says why.
+
+    Of queries and keys that a rotary embedding turns, pairs of channels stay that add most to the scores on
+    the data, alike in all heads and in all layers that share a table of angles, of which the numbers of these
+    pairs stay.  `keep` is the share of channels that is left; with a budget among the options (`params=0.9`)
+    it is the largest that meets it.  Comes before `plan`.
     """
 
     name = "slice-heads"
     instead = "params=0.9"
 
     def slices(self, model: Model, example: Batch, job: Job) -> Slices | str:
-        bonds = find_bonds(model.record(example))
-        for site, reason in bonds.reasons.items():
-            job.report.decline(site, f"its heads keep their width: {reason}")
+        bonds = _all(find_bonds(model.record(example)))
+        reasons = dict(bonds.reasons)
         bases = find_bases(bonds, job.tapes(model)) if bonds.found else {}
         way, why = _way(model, example, bonds.found, bases)
+        left = set(bonds.turned) - set(() if way is None else way.bonds)
+        reasons |= {bond.left.site: why or bond.turned for bond in left}
+        for site, reason in reasons.items():
+            job.report.decline(site, f"its heads keep their width: {reason}")
         if way is None:
             return why
         most = max(bond.width for bond in way.bonds)
@@ -66,10 +72,11 @@ class _Way:
 
     def __call__(self, model: Model, keep: float) -> None:
         assert isinstance(model, SlicesStreams)
-        found = find_bonds(model.record(self.example))
+        found = _all(find_bonds(model.record(self.example)))
         chosen = replace(found, found=tuple(bond for bond in found.found if bond in self.bonds))
         for width in sorted({bond.width for bond in chosen.found}):
-            count = max(_LEAST, round(keep * width))
+            sets = [bond.sets for bond in chosen.found if bond.width == width and bond.turned]
+            count = fitting(max(_LEAST, round(keep * width)), sets)
             alike = replace(chosen, found=tuple(bond for bond in chosen.found if bond.width == width))
             scale = (count / width) ** 0.5 if self.rescales else 1.0
             model.slice_streams(narrowed(alike, self.bases, count, padded=self.padded, scale=scale))
@@ -80,6 +87,11 @@ class _Way:
         replace(self, padded=True, rescales=False)(whole, keep)
         self(small, keep)
         return gap(whole.run(self.example), small.run(self.example))
+
+
+def _all(bonds: Bonds) -> Bonds:
+    """The bonds with those that are turned among those that may change."""
+    return replace(bonds, found=(*bonds.found, *bonds.turned))
 
 
 def _way(model: Model, example: Batch, bonds: tuple[Bond, ...], bases: Bases) -> tuple[_Way | None, str]:
@@ -93,7 +105,7 @@ def _way(model: Model, example: Batch, bonds: tuple[Bond, ...], bases: Bases) ->
             way = _Way(what, example, chosen, bases, rescales)
             whys.append(_why_not(model, way))
             if not whys[-1]:
-                return way, ""
+                return way, next(iter(whys), "")
     return None, whys[0] if whys else "no attention was found whose queries, keys and values layers make"
 
 

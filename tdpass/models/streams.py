@@ -53,6 +53,14 @@ class HeadChange(Protocol):
         """Whether queries and keys stay as they are."""
 
     @property
+    def kept(self) -> tuple[int, ...]:
+        """The channels of a head that stay as they are, where others are left out; none otherwise."""
+
+    @property
+    def turned(self) -> Mapping[int, int]:
+        """What sizes become that are those of what a rotary embedding turns of a head."""
+
+    @property
     def sizes(self) -> Mapping[int, int]:
         """What sizes become that are those of a head, or of all of them together."""
 
@@ -71,7 +79,8 @@ class HeadChange(Protocol):
 class HeadWidth:
     """How many channels each head of a layer had, and has: `rows` heads of its weight, and `columns`.
 
-    They are `values` where queries and keys are as wide as before.
+    They are `values` where queries and keys are as wide as before.  Where some of a head's channels are left
+    out as they are, `kept` says which stay, and `turned` how many a rotary embedding turned, and turns.
     """
 
     before: int
@@ -79,6 +88,8 @@ class HeadWidth:
     rows: int
     columns: int
     values: bool = False
+    kept: tuple[int, ...] = ()
+    turned: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def made(self) -> bool:
@@ -98,6 +109,11 @@ class HeadWidth:
         return {}
 
     def reshaped(self, shape: Sequence[int | None]) -> list[int | None] | None:
+        for before, after in self.turned.items():  # pairs come apart as two channels each
+            if list(shape[-2:]) == [before // 2, 2] and self.before not in shape[-2:]:
+                return [*shape[:-2], after // 2, 2]
+            if list(shape[-1:]) == [before] and before not in self.sizes:
+                return [*shape[:-1], after]
         return _with_last(shape, self.sizes)  # a head's width comes last
 
 
@@ -113,6 +129,8 @@ class HeadCount:
     made: bool = False
     read: bool = False
     values: bool = False
+    kept: tuple[int, ...] = ()
+    turned: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def sizes(self) -> Mapping[int, int]:

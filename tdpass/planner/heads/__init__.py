@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from tdpass.planner.heads.attention import Attention as Attention
 from tdpass.planner.heads.attention import find_attentions as find_attentions
-from tdpass.planner.heads.find import Bond as Bond
-from tdpass.planner.heads.find import Bonds as Bonds
+from tdpass.planner.heads.bonds import Bond as Bond
+from tdpass.planner.heads.bonds import Bonds as Bonds
 from tdpass.planner.heads.find import find_bonds as find_bonds
 from tdpass.planner.heads.narrow import Bases as Bases
 from tdpass.planner.heads.narrow import find_bases as find_bases
 from tdpass.planner.heads.narrow import narrowed as narrowed
+from tdpass.planner.heads.selection import fitting as fitting

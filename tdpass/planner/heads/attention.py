@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tdpass.models.streams import HeadCount
-from tdpass.planner.heads.find import Bond, Bonds, find_bonds
+from tdpass.planner.heads.bonds import Bond, Bonds
+from tdpass.planner.heads.find import find_bonds
 from tdpass.site import Site
 from tdpass.tape import Tape
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from tdpass.planner.heads.angles import Angles, Sets, Table, Turning
+from tdpass.planner.heads.bonds import Bond, Bonds, Side
 from tdpass.planner.heads.mixing import Mixing
-from tdpass.planner.streams.values import Values, operands, written
+from tdpass.planner.streams.values import Values, key_of, operands, written
 from tdpass.tape import Call, Ref, Tape
 from tdpass.tape.calls import argument
 from tdpass.tape.slices import MOVES, moved
@@ -17,45 +20,6 @@ _PRODUCTS = frozenset({"matmul", "__matmul__", "bmm"})
 _FUSED = "scaled_dot_product_attention"
 _OPERANDS = ("query", "key", "value")
 _SCALES = frozenset({"mul", "__mul__", "__rmul__", "div", "__truediv__", "true_divide"})
-
-
-@dataclass(frozen=True)
-class Side:
-    """The first channel of every head of a layer: rows of its weight, or columns where it `reads` them."""
-
-    site: str
-    reads: bool
-    starts: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Bond:
-    """Heads of `left` and `right` that meet over `width` channels each, in `scores` or behind them.
-
-    `groups` are the first channels of heads that can change only together: those that share a key or a value.
-    `turned` says why the channels of a head stay as they are, where calls mix them before heads meet.
-    """
-
-    left: Side
-    right: Side
-    width: int
-    scores: bool
-    groups: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
-    turned: str = ""
-
-
-@dataclass(frozen=True)
-class Bonds:
-    """The bonds of a run, the weight and bias of every layer in it by site, and why layers take no part.
-
-    `found` are those whose heads may hold other channels.  `attentions` are bonds of queries and keys, turned
-    or not, each with that of the values which their scores weigh.
-    """
-
-    found: tuple[Bond, ...]
-    layers: dict[str, tuple[Tensor, Tensor | None]]
-    reasons: dict[str, str]
-    attentions: tuple[tuple[Bond, Bond], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,6 +55,7 @@ class _Finder:
     apart: dict[str, str] = field(default_factory=dict)
     scored: dict[int, int] = field(default_factory=dict)
     weighed: list[tuple[int, int]] = field(default_factory=list)
+    turnings: list[Turning] = field(default_factory=list)
 
     def found(self) -> Bonds:
         tape = self.values.tape
@@ -105,7 +70,30 @@ class _Finder:
         pairs = [(self.bonds[one], self.bonds[other]) for one, other in self.weighed]
         attentions = tuple(pair for pair in pairs if all(bond in whole for bond in pair))
         found = tuple(bond for bond in whole if not bond.turned)
-        return Bonds(found, self.layers, {**self.apart, **reasons}, attentions)
+        turned, tables = self._by_tables([bond for bond in whole if bond.sets])
+        said = {**self.apart, **reasons}
+        for site in {side.site for bond in turned for side in (bond.left, bond.right)}:
+            said.pop(site, None)
+        return Bonds(found, self.layers, said, attentions, turned, tables)
+
+    def _by_tables(self, bonds: Sequence[Bond]) -> tuple[tuple[Bond, ...], tuple[Table, ...]]:
+        """The bonds all of whose angles are computed from tables, and these."""
+        places = dict[str, dict[int, int]]()
+        for bond in bonds:
+            within = {channel: place for place, each in enumerate(bond.sets) for channel in each}
+            for side in (bond.left, bond.right):
+                channels = ((start, at) for start in side.starts for at in within)
+                places[side.site] = {start + at: within[at] for start, at in channels}
+        tables, without = Angles(self.values.tape, places).tables(self.turnings)
+        known = places.keys() - without
+        while True:
+            kept = [bond for bond in bonds if {bond.left.site, bond.right.site} <= known]
+            sites = {side.site for bond in kept for side in (bond.left, bond.right)}
+            shared = [table for table in tables if table.sites & sites]
+            mixed = {site for table in shared if not table.sites <= sites for site in table.sites}
+            if not mixed & sites:
+                return tuple(kept), tuple(shared)
+            known -= mixed
 
     def _why_not(self, bond: Bond) -> str:
         for side in (bond.left, bond.right):
@@ -164,6 +152,12 @@ class _Finder:
         channels = self._mixing(first.site).through(call, given, self.values.by_number)
         if channels is None:
             return False
+        self.turnings += [
+            Turning(first.site, leaf, channels)
+            for leaf in operands(call)
+            if key_of(leaf) not in {key_of(Ref(number)) for number in marked}
+            and self.values.at(leaf).numel() > 1
+        ]
         why = next((marks.turned for marks in read.values() if marks.turned), _differing(call))
         self.apart.setdefault(first.site, why)
         self.marks[next(call.writes())] = replace(first, channels=channels, turned=why)
@@ -249,9 +243,14 @@ class _Finder:
         pairs = set(zip(left.flatten().tolist(), right.flatten().tolist(), strict=True))
         self.scored.update(dict.fromkeys(call.writes(), len(self.bonds)))
         turned = known[0].turned or known[1].turned
-        self._bond(
-            known[0].site, known[1].site, pairs, known[0].channels.shape[-1], scores=True, turned=turned
-        )
+        width = known[0].channels.shape[-1]
+        self._bond(known[0].site, known[1].site, pairs, width, scores=True, turned=turned)
+
+    def _sets(self, sides: Sequence[Side], width: int) -> Sets:
+        """The sets of channels that meet in every head of both sides alike; none where they are all one."""
+        found = {tuple(self._mixing(side.site).sets(start, width)) for side in sides for start in side.starts}
+        (sets, *others) = found
+        return () if others or len(sets) == 1 else sets
 
     def _heads(self, marks: _Marks, axis: int) -> Tensor | None:
         if not marks.turned:
@@ -294,11 +293,9 @@ class _Finder:
             )
         ordered = tuple((tuple(sorted(a)), tuple(sorted(b))) for a, b in groups)
         sides = [tuple(sorted({pair[at] for pair in pairs})) for at in (0, 1)]
-        self.bonds.append(
-            Bond(
-                Side(left, False, sides[0]), Side(right, not scores, sides[1]), width, scores, ordered, turned
-            )
-        )
+        both = (Side(left, False, sides[0]), Side(right, not scores, sides[1]))
+        sets = self._sets(both, width) if turned else ()
+        self.bonds.append(Bond(*both, width, scores, ordered, turned, sets))
 
 
 def _differing(call: Call) -> str:

@@ -45,6 +45,13 @@ class Mixing:
         roots = set(map(self.root, channels))
         return [channel for channel in range(width) if self.root(channel) in roots]
 
+    def sets(self, start: int, width: int) -> list[tuple[int, ...]]:
+        """The sets that `width` channels from one on are made of, counted from there."""
+        found = dict[int, list[int]]()
+        for at in range(width):
+            found.setdefault(self.root(start + at), []).append(at)
+        return [tuple(each) for each in found.values()]
+
     def through(self, call: Call, marks: Mapping[int, Tensor], values: Mapping[int, Tensor]) -> Tensor | None:
         """The marks of what a call makes, or None where that is not known.
 

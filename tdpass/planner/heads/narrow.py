@@ -10,7 +10,9 @@ from torch import Tensor
 
 from tdpass.formats.metric import eigenpairs
 from tdpass.models.streams import HeadWidth, NewLayer, StreamEdits
-from tdpass.planner.heads.find import Bond, Bonds, Side
+from tdpass.planner.heads.angles import Table
+from tdpass.planner.heads.bonds import Bond, Bonds, Side
+from tdpass.planner.heads.selection import Selection
 from tdpass.planner.streams.values import Values, written
 from tdpass.tape import Ref, Tape
 
@@ -28,6 +30,10 @@ class Meeting:
     left: Tensor
     right: Tensor
 
+    def cut(self, count: int, *, padded: bool) -> tuple[Tensor, Tensor]:
+        """The first `count` mixtures of both sides, `padded` with zeros to the full width."""
+        return _cut(self.left, count, padded=padded), _cut(self.right, count, padded=padded)
+
     @classmethod
     def of(cls, left: Tensor, right: Tensor) -> Meeting:
         """That of second moments `X^T X` and `Y^T Y`.
@@ -40,7 +46,7 @@ class Meeting:
         return cls(b.T @ v.T * scale, a.T @ u * scale)
 
 
-Bases = Mapping[tuple[str, str, bool], Sequence[Meeting]]
+Bases = Mapping[tuple[str, str, bool], Sequence[Meeting | Selection]]
 
 
 def find_bases(bonds: Bonds, tapes: Sequence[Tape]) -> Bases:
@@ -56,9 +62,48 @@ def find_bases(bonds: Bonds, tapes: Sequence[Tape]) -> Bases:
     for tape in tapes:
         if [call.name for call in tape.calls] == first:
             _add(moments, tape, made, read)
+    chosen = _selections(bonds, moments)
     return {
-        _key(bond): [_meeting(bond, group, bonds, moments) for group in bond.groups] for bond in bonds.found
+        _key(bond): [chosen.get(_key(bond)) or _meeting(bond, group, bonds, moments) for group in bond.groups]
+        for bond in bonds.found
     }
+
+
+def _selections(
+    bonds: Bonds, moments: Mapping[tuple[str, bool], Tensor]
+) -> dict[tuple[str, str, bool], Selection]:
+    """The choice of sets of bonds whose heads are turned: one for all that share a table of angles."""
+    turned = [bond for bond in bonds.found if bond.turned]
+    energies = {_key(bond): _energies(bond, moments) for bond in turned}
+    found = dict[tuple[str, str, bool], Selection]()
+    for bond in turned:
+        together = _together(bond, turned, bonds.tables)
+        summed = torch.stack([energies[_key(other)] for other in together]).sum(0)
+        found[_key(bond)] = Selection(bond.sets, tuple(summed.tolist()))
+    return found
+
+
+def _together(bond: Bond, turned: Sequence[Bond], tables: Sequence[Table]) -> list[Bond]:
+    """The bonds whose angles come from tables that those of one do, or of one of them."""
+    sites = {bond.left.site, bond.right.site}
+    while more := set[str]().union(*(table.sites for table in tables if table.sites & sites)) - sites:
+        sites |= more
+    return [other for other in turned if {other.left.site, other.right.site} & sites]
+
+
+def _energies(bond: Bond, moments: Mapping[tuple[str, bool], Tensor]) -> Tensor:
+    """`sum over heads E|q_s|^2 E|k_s|^2` of every set s, as a share of all: what it adds to scores.
+
+    That is the mean of `(q_s^T R k_s)^2` over all angles, but for a factor.
+    """
+    found = torch.zeros(len(bond.sets), dtype=torch.float64)
+    for left, right in bond.groups:
+        q, k = (
+            _blocks(moments[side.site, False], starts, bond.width).diagonal()
+            for side, starts in ((bond.left, left), (bond.right, right))
+        )
+        found += torch.stack([q[list(each)].sum() * k[list(each)].sum() for each in bond.sets])
+    return found / found.sum().clamp_min(torch.finfo(found.dtype).tiny)
 
 
 def _key(bond: Bond) -> tuple[str, str, bool]:
@@ -127,10 +172,11 @@ def narrowed(
     layers: dict[str, _Blocks] = {}
     for bond in bonds.found:
         for group, meeting in zip(bond.groups, bases[_key(bond)], strict=True):
-            left, right = (_cut(mixture, count, padded=padded) for mixture in (meeting.left, meeting.right))
+            left, right = meeting.cut(count, padded=padded)
             _note(layers, bond.left, group[0], left * (scale if bond.scores else 1.0), bond.width)
             _note(layers, bond.right, group[1], right, bond.width)
     edits, values = StreamEdits(), not any(bond.scores for bond in bonds.found)
+    kept = _kept(bonds, bases)
     for name, blocks in layers.items():
         weight, bias = bonds.layers[name]
         new = _along(weight.detach().cpu().double(), blocks.rows, blocks.width)
@@ -142,8 +188,32 @@ def narrowed(
             new.to(weight.dtype).contiguous(), None if shift is None else shift.to(weight.dtype).contiguous()
         )
         after = blocks.width if padded else count
-        edits.heads[key] = HeadWidth(blocks.width, after, len(blocks.rows), len(blocks.columns), values)
+        edits.heads[key] = HeadWidth(
+            blocks.width,
+            after,
+            len(blocks.rows),
+            len(blocks.columns),
+            values,
+            *(() if name not in kept or padded else (kept[name].channels(count), kept[name].turned(count))),
+        )
+    for table in () if padded else bonds.tables:
+        chosen = next((kept[site] for site in table.sites if site in kept), None)
+        new = table.tensor if chosen is None else table.kept(chosen.places(count))
+        if new.shape != table.tensor.shape:
+            edits.held[id(table.tensor)] = table.tensor
+            edits.tables[id(table.tensor)] = new
     return edits
+
+
+def _kept(bonds: Bonds, bases: Bases) -> dict[str, Selection]:
+    """By which choice the heads of layers get narrower that are turned."""
+    return {
+        side.site: chosen
+        for bond in bonds.found
+        for chosen in bases[_key(bond)]
+        if isinstance(chosen, Selection)
+        for side in (bond.left, bond.right)
+    }
 
 
 def _note(layers: dict[str, _Blocks], side: Side, starts: Sequence[int], mixture: Tensor, width: int) -> None:

@@ -15,6 +15,7 @@ _SIZE = re.compile(
     r"^(?!n_|num_).*(head.*(dim|size|width)|(dim|size|width).*head)"
     r"|^d_(head|k|v|kv)$|^key_value_proj_dim$|^inner_dim$"
 )
+_TURNED = re.compile(r"(^|_)(rot|rotary|rope)_?(n?dims?|width|size|embedding_dim|emb_dim)$|^dims?_rot(ary)?$")
 _VALUES = re.compile(r"(^|_)(v|values?)(_|$)")
 _COUNT = re.compile(r"^(n_?|num_)?([a-z]+_)*heads?$")
 _HELD = "_head_sizes"
@@ -72,4 +73,6 @@ def _sizes_of(name: str, change: HeadChange) -> Mapping[int, int]:
     """
     if _SIZE.search(name):
         return change.sizes if _VALUES.search(name) or not change.values else {}
+    if _TURNED.search(name):
+        return change.turned
     return change.counts if _COUNT.search(name) else {}

@@ -19,6 +19,7 @@ from tdpass.models.torch.sites.head_sizes import heads_of, resize_heads, restore
 from tdpass.models.torch.sites.sums import summing_modules
 
 _SIZES = {"out_features": 0, "in_features": 1, "out_channels": 0, "in_channels": 1, "embedding_dim": 1}
+_LONGER = ("dynamic", "longrope")
 _SIZES |= {"nx": 0, "nf": 1}  # of a layer that holds `[in, out]`, as GPT-2's do
 
 
@@ -51,6 +52,10 @@ def slice_module(module: nn.Module, edits: StreamEdits, run: Callable[[], object
                 f"a tensor of shape {tuple(edits.held[key].shape)} that the stream is computed from is "
                 "neither parameter nor buffer of the model; make it one"
             )
+    for key in edits.tables:
+        anew = next((type(owner).__name__ for owner, _ in holders[key] if _computes_anew(owner)), "")
+        if anew:
+            raise UnsupportedError(f"{anew} computes its table anew for longer inputs, at its full width")
     led = [norms[key] for key, norm in edits.norms.items() if norm.shortcut is not None]
     summing = summing_modules(module, led, run) if led else ()
     for key, layer in edits.layers.items():
@@ -64,6 +69,7 @@ def slice_module(module: nn.Module, edits: StreamEdits, run: Callable[[], object
         new = _like(edits.held[key], table)
         for owner, name in holders[key]:
             _put(owner, name, new)
+            owner._non_persistent_buffers_set.discard(name)  # it is not what the class makes any more
     for key, norm in norms.items():
         become(norm, _sliced_norm(edits.norms[key], edits.held[key]))
     for part in summing:
@@ -126,6 +132,7 @@ def shape_as(module: nn.Module, slicing: Slicing, source: str) -> None:
             )
         new = made.setdefault(id(held), _like(held, torch.empty(wanted, dtype=held.dtype, device="meta")))
         _put(owner, leaf, new)
+        owner._non_persistent_buffers_set.discard(leaf)
 
 
 def _holders(module: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -136,6 +143,11 @@ def _holders(module: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
             if tensor is not None:
                 holders.setdefault(id(tensor), []).append((part, name))
     return holders
+
+
+def _computes_anew(owner: nn.Module) -> bool:
+    """Whether a rotary embedding of Hugging Face puts other angles into its buffers while it runs."""
+    return any(kind in str(getattr(owner, "rope_type", "")) for kind in _LONGER)
 
 
 def _norm_module(holders: Mapping[int, list[tuple[nn.Module, str]]], weight: Tensor) -> nn.Module:
