@@ -319,6 +319,8 @@ class TorchOps:
         return cells.reshape(rows // high, 1, columns // wide, 1).expand(-1, high, -1, wide).reshape(-1)
 
     def lookup(self, table: Tensor, indices: Tensor) -> Tensor:
+        if table.dim() == 2:  # as torch's own tables are read, so that a run shows it to be one
+            return F.embedding(indices, table)
         return table.index_select(0, indices.flatten()).reshape(*indices.shape, *table.shape[1:])
 
     def join(self, x: Tensor, count: int) -> Tensor:

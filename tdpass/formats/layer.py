@@ -65,13 +65,15 @@ class Layer(Formed):
     """A layer in some form: what may stand for the dense layer of a site.
 
     `factors` are held as the form's number types store them. `site` is its own geometry: `form.on` that of
-    the site it stands at, which may have more channels.
+    the site it stands at, which may have more channels. `floats` is the floating-point type of the weight it
+    stands for, which only such factors do not tell.
     """
 
     site: Site
     form: Form
     factors: Mapping[str, Tensor]
     bias: Tensor | None = None
+    floats: torch.dtype = torch.float32
 
     def __call__(self, x: Tensor) -> Tensor:
         """Run it in eager torch; whole numbers ask a table for these rows."""
@@ -92,12 +94,15 @@ class Layer(Formed):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating-point type of its bias and of those factors that have no number type of their own."""
+        """The floating-point type of its bias and of those factors that have no number type of their own.
+
+        `floats` where there are none.
+        """
         tensors = [
             *(() if self.form.encoded else self.factors.values()),
             *(() if self.bias is None else (self.bias,)),
         ]
-        return tensors[0].dtype if tensors else torch.float32
+        return tensors[0].dtype if tensors else self.floats
 
     def values(self, dtype: torch.dtype) -> Mapping[str, Tensor]:
         """Its factors as floating-point numbers.
@@ -117,11 +122,13 @@ class Layer(Formed):
             if factor.is_floating_point()
         }
         factors = self.factors if self.form.encoded else {**self.factors, **kept}
-        return replace(self, factors=factors, bias=None if self.bias is None else self.bias.to(dtype))
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return replace(self, factors=factors, bias=bias, floats=dtype)
 
     def stored(self, form: Form) -> Layer:
         """The same layer with its factors in the number types of that form, and with its support."""
-        return replace(self, form=form, factors=replace(self, form=form).storage.store(self.factors))
+        stored = replace(self, form=form).storage.store(self.factors)
+        return replace(self, form=form, factors=stored, floats=self.dtype)
 
     def converted(self, format_name: str) -> Layer:
         """The same layer in another format that stores the factors of the same chain, in their own type.

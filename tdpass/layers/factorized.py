@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from tdpass.form import Form
 from tdpass.formats.base import FORMATS
@@ -65,6 +66,7 @@ class Factorized(nn.Module):
     """
 
     rebuilt = False
+    _floats = torch.float32
 
     def __init__(
         self, layer: Layer, bias: nn.Parameter | None, padding_mode: str = "zeros", pads: tuple[int, ...] = ()
@@ -80,7 +82,7 @@ class Factorized(nn.Module):
         self.lines = lines_left(layer.site, layer.form, self.storage)
         plain = self.lines is None and not layer.form.activations
         self.steps = steps_of(layer.site, layer.form, self.storage, bias=True) if plain else None
-        self.names = tuple(layer.factors)
+        self.names, self._floats = tuple(layer.factors), layer.dtype
         for name, factor in layer.factors.items():
             if self.storage.numbers or name in self.storage.orders:
                 self.register_buffer(name, factor)
@@ -126,7 +128,8 @@ class Factorized(nn.Module):
     def layer(self) -> Layer:
         """The layer as data, with the current factors."""
         factors = {name: value.detach() for name, value in self.factors().items()}
-        return Layer(self.site, self.form, factors, None if self.bias is None else self.bias.detach())
+        bias = None if self.bias is None else self.bias.detach()
+        return Layer(self.site, self.form, factors, bias, self._dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.site.table and not x.is_floating_point():
@@ -163,9 +166,15 @@ class Factorized(nn.Module):
 
     @property
     def _dtype(self) -> torch.dtype:
+        """The floating-point type of the weight it stands for."""
         if self.bias is not None:
             return self.bias.dtype
-        return torch.float32 if self.storage.numbers else next(iter(self.factors().values())).dtype
+        return self._floats if self.storage.numbers else next(iter(self.factors().values())).dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._floats = fn(torch.empty(0, dtype=self._floats)).dtype
+        moved: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return moved
 
     def product(self) -> Tensor:
         """The weight `[o, i / groups, *kernel]` that the factors stand for."""
@@ -210,6 +219,7 @@ def empty_layer(site: Site, form: Form, dtype: torch.dtype) -> Layer:
         site,
         form,
         {name: torch.empty(part.shape, dtype=part.dtype, device="meta") for name, part in parts.items()},
+        floats=dtype,
     )
 
 

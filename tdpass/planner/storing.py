@@ -94,6 +94,7 @@ def stored_layer(
         form,
         {**{name: parts[name] for name in (*storage.parts(), *storage.ranges)}, **orders},
         None if offset is None else offset.to(layer.dtype),
+        layer.dtype,
     )
 
 
@@ -122,7 +123,7 @@ def _stored_with_remainder(
     weight, sums = _answering(dense, stage, moments, ridge, way, bias=bias)
     covariance = None if way == "nearest" else sums.covariance
     parts = stored_beside(weight, layer, form, metric_of(covariance), covariance, way)
-    made = replace(layer, form=form, factors=parts)
+    made = replace(layer, form=form, factors=parts, floats=layer.dtype)
     offset = sums.offsets(made.reconstruct().double().flatten(1)) if bias else None
     return replace(made, bias=None if offset is None else offset.to(layer.dtype))
 

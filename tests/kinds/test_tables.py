@@ -143,3 +143,27 @@ def test_a_format_without_rows_says_so() -> None:
     assert not fmt.fits(TABLE)
     with pytest.raises(PlanError, match="single rows of table 'words'"):
         fmt.rows(TorchOps(), torch.tensor([0]), {}, TABLE, (1,))
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "alone"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    ("stored", "error"),
+    [("quantize{numbers=int8}", 0.02), ("quantize{numbers=levels16}", 0.2), ("sparsify{support=2:4}", 0.4)],
+)
+def test_a_table_answers_in_the_type_of_its_model(
+    stored: str, error: float, dtype: torch.dtype, tied: bool, tmp_path: Path
+) -> None:
+    dense = Reader(tied=tied).to(dtype).eval()
+    small = compressed(dense, None, pipeline=f"{stored},verify", strict=False)
+    rows, exact = small.model.words(IDS).detach(), dense.words(IDS).detach().double()
+    assert rows.dtype is dtype
+    assert torch.equal(rows, small.model.words.weight[IDS])
+    assert 0 < float((rows.double() - exact).norm()) < error * float(exact.norm())
+    small.save(tmp_path / "small.safetensors")
+    again = tdpass.load(tmp_path / "small.safetensors", Reader(tied=tied).to(dtype))
+    assert torch.equal(again(IDS), small.model(IDS))
+    for other in (torch.float32, torch.bfloat16, torch.float64):
+        moved = copy.deepcopy(again).to(other)
+        assert moved(IDS).dtype is other
+        torch.testing.assert_close(moved.words(IDS).double(), rows.double(), rtol=0.02, atol=0.02)

@@ -29,6 +29,23 @@ class Tied(nn.Module):
         return self.head(torch.relu(self.second(torch.relu(self.first(x)))))
 
 
+class Table(nn.Module):
+    """Reads rows of a table, which may be its head as well."""
+
+    def __init__(self, *, tied: bool) -> None:
+        super().__init__()
+        self.words, self.mix, self.head = (
+            nn.Embedding(48, 24),
+            nn.Linear(24, 24),
+            nn.Linear(24, 48, bias=False),
+        )
+        if tied:
+            self.head.weight = self.words.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.mix(self.words(x.mul(8).abs().long().clamp_max(47)))))
+
+
 def _convs(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(5))
 
@@ -37,6 +54,8 @@ IMAGES, ROWS = (16, 6, 9, 9), (32, 24)
 NETWORKS = {
     "linear": (lambda: nn.Sequential(nn.Linear(24, 48), nn.ReLU(), nn.Linear(48, 24)), ROWS),
     "tied": (Tied, ROWS),
+    "table": (lambda: Table(tied=False), ROWS),
+    "tied table": (lambda: Table(tied=True), ROWS),
     "convolutions": (lambda: _convs(nn.Conv2d(6, 24, 3, 2, 1), nn.ReLU(), nn.Conv2d(24, 24, 3)), IMAGES),
     "grouped": (lambda: _convs(nn.Conv2d(6, 24, 3, groups=2), nn.ReLU(), nn.Conv2d(24, 24, 3)), IMAGES),
     "reflected": (lambda: _convs(nn.Conv2d(6, 24, 3, padding=1, padding_mode="reflect")), IMAGES),
@@ -79,7 +98,7 @@ def test_a_model_that_came_factored_gets_smaller_still(name, tmp_path):
         torch.testing.assert_close(loaded(x), twice.model(x))
 
 
-@pytest.mark.parametrize("name", ["linear", "convolutions"])
+@pytest.mark.parametrize("name", ["linear", "convolutions", "tied table"])
 def test_its_plan_applies_to_it_and_to_the_dense_model(name):
     dense, x = _made(name)
     once = _compress(dense, {"params": 0.7}, x)

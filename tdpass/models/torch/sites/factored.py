@@ -70,11 +70,14 @@ def _matched(layers: Sequence[Factorized], paths: Sequence[Sequence[str]]) -> Ma
     with torch.no_grad():
         product = first.product()
     trained = first.storage.numbers or any(factor.requires_grad for factor in first.factors().values())
+    every = tuple(path for reached in paths for path in reached)
+    # a table that is tied to a layer has the layer's name
+    name = first.site.name if first.site.name in every else every[0]
     found = Matched(
-        site=replace(first.site, name=paths[0][0], extents=(), samples=1, lookups=0),
+        site=replace(first.site, name=name, extents=(), samples=1, lookups=0),
         weight=nn.Parameter(product.detach(), requires_grad=bool(trained)),
         modules=tuple(layers),
-        paths=tuple(path for reached in paths for path in reached),
+        paths=every,
         biases=biases,
         as_stored=False,
     )

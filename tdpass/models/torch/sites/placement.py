@@ -44,7 +44,7 @@ def place_layer(matched: Matched, layer: Layer) -> None:
         )
     weight = matched.weight
     form = layer.form.left_of(_form(matched))
-    shared = Layer(site, form, placed_factors(layer, weight))
+    shared = Layer(site, form, placed_factors(layer, weight), floats=weight.dtype)
     biases = {id(own): bias_for(own if matched.apart else None, layer.bias, weight) for own in matched.biases}
     for module, own in zip(matched.modules, matched.biases, strict=True):
         mode = str(getattr(module, "padding_mode", "zeros"))
