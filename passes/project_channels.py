@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from tdpass.cost import Budget, BudgetValue, Cost, bounded
 from tdpass.digest import digest
-from tdpass.errors import UsageError
+from tdpass.errors import BudgetError, UsageError
 from tdpass.job import Job
 from tdpass.models.base import Model
 from tdpass.pipeline import Pass, register_pass
@@ -91,9 +91,11 @@ class ProjectChannels(Pass):
         change, gated = NARROWINGS[self.how](shares), PruneGated(shares)
         named = {site.name: site for site in sites}
         gates = {name for group in gated.find(tapes, named) for name in group}
-        for name, reason in change.declined(tapes, named).items():
-            if name not in gates:
-                job.report.decline(name, f"its channels stay: {reason}")
+        declined = {
+            name: reason for name, reason in change.declined(tapes, named).items() if name not in gates
+        }
+        for name, reason in declined.items():
+            job.report.decline(name, f"its channels stay: {reason}")
         sweep = Sweep(tapes, job.fitted_divergence, effort.for_losses(len(sites)))
         table = Table(
             tuple(sites), {}, fingerprints={site.name: digest(model.weight(site.name)) for site in sites}
@@ -113,4 +115,12 @@ class ProjectChannels(Pass):
             effort.limit,
             [change, gated],
         )
-        return table.plan(Budget.parse(self.bounds) if self.bounds else Budget(), job.original)
+        try:
+            return table.plan(Budget.parse(self.bounds) if self.bounds else Budget(), job.original)
+        except BudgetError as error:
+            if not declined:
+                raise
+            name, reason = next(iter(declined.items()))
+            raise BudgetError(
+                f"{error}; the channels of {len(declined)} sites stay, those of {name!r} as {reason}"
+            ) from None

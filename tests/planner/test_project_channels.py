@@ -145,6 +145,17 @@ class Tangled(nn.Module):
         return self.head(self.viewed(x).transpose(1, 3).mean((1, 2)))
 
 
+def test_a_budget_out_of_reach_says_why_channels_stay() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(256, 3)
+    )
+    with pytest.raises(
+        BudgetError, match="those of '0' as a batch-norm follows it; put fold-batchnorm before"
+    ):
+        tdpass.compress(net.eval(), data=images(), pipeline="project-channels{macs=0.3}", progress=False)
+
+
 def test_what_is_no_run_is_declined_with_the_reason() -> None:
     torch.manual_seed(0)
     network = network_of(Tangled().eval(), torch.randn(8, 3, 6, 6))
