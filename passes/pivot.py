@@ -39,10 +39,13 @@ class Pivot(Pass):
     measure: bool = True
 
     def run(self, model: Model, job: Job) -> bool:
-        target = (job.target or open_target("cpu", model.frontend, job.cache)) if self.measure else None
         sites = {site.name: site for site in model.sites()}
         before = {name: layer for name in sites if (layer := model.layer(name)) is not None}
-        tapes = job.tapes(model) if before else []
+        if not before:
+            job.note("skipped: no layer is factored; put factorize before it")
+            return False
+        target = (job.target or open_target("cpu", model.frontend, job.cache)) if self.measure else None
+        tapes = job.tapes(model)
         paths = {path.first: path for path in find_paths(tapes, sites)[0]} if tapes else {}
         now = dict(before)
         for name, layer in before.items():

@@ -16,7 +16,7 @@ from tdpass.formats.layer import Layer
 from tdpass.kinds import kind_of
 from tdpass.ops import TorchOps
 from tdpass.planner.lockstep import Moment
-from tdpass.planner.moments import working
+from tdpass.planner.moments import centered, working
 from tdpass.site import Site
 
 _OPS = TorchOps()
@@ -80,7 +80,7 @@ class Sums:
     @property
     def covariance(self) -> Tensor:
         """`[groups, d, d]` of what is read."""
-        return self.normal[:, :-1, :-1] - self.means[:, :, None] * self.means[:, None, :]
+        return centered(self.normal[:, :-1, :-1], self.means)
 
     def offsets(self, weight: Tensor) -> Tensor:
         """The bias with which a last factor, as a matrix, answers on average what it is to."""

@@ -25,12 +25,28 @@ INPUT_DAMPING = 1e-3
 OUTPUT_DAMPING = 5e-2
 PROBES = 2
 _SEED = 20260
+_ROUNDING = 1e-6  # of the mean square: what sums in single precision may leave of no spread
 _SQUARES_FROM = 1e15  # sums of squares of what is larger may leave the range of single precision
 
 
 def working(rows: Tensor) -> Tensor:
     """The rows in a type to sum products in: float64 stays, everything narrower becomes float32."""
     return rows if rows.dtype == torch.float64 else rows.float()
+
+
+def centered(squares: Tensor, means: Tensor) -> Tensor:
+    """Covariances `[groups, d, d]` from averages of products and of what is multiplied.
+
+    What varies by no more than rounding is constant: its spread is what rounding may leave, and it varies with
+    nothing else.
+    """
+    found = squares - means[:, :, None] * means[:, None, :]
+    spread, least = (each.diagonal(dim1=1, dim2=2).clone() for each in (found, _ROUNDING * squares))
+    constant = spread <= least
+    if bool(constant.any()):
+        found = found.masked_fill(constant[:, :, None] | constant[:, None, :], 0.0)
+        found.diagonal(dim1=1, dim2=2).copy_(torch.where(constant, least, spread))
+    return found
 
 
 def moment_bytes(site: Site) -> int:

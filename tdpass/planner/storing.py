@@ -15,7 +15,7 @@ from tdpass.kinds import kind_of
 from tdpass.ops import Pads, TorchOps
 from tdpass.planner.least_squares import Sums, answers, least_squares
 from tdpass.planner.lockstep import Lockstep, Moment
-from tdpass.planner.moments import FULL_LIMIT, VALUES_PER_CALL, working
+from tdpass.planner.moments import FULL_LIMIT, VALUES_PER_CALL, centered, working
 from tdpass.planner.remainders import metric_of, stored_beside
 from tdpass.planner.rounding import Way, rounded_factor
 from tdpass.site import Site
@@ -176,8 +176,7 @@ class _Tap(TorchOps):
         """
         if self.sums is None or self.means is None:
             return None
-        means = self.means / self.rows
-        return self.sums / self.rows - means[:, :, None] * means[:, None, :]
+        return centered(self.sums / self.rows, self.means / self.rows)
 
     def _see(self, x: Tensor, weight: Tensor, site: Site) -> None:
         same = (

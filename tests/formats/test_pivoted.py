@@ -17,6 +17,7 @@ from onnx_nets import model_of
 from torch import Tensor, nn
 
 import tdpass
+import tdpass.passes.pivot
 from tdpass.errors import NumericalError, PlanError
 from tdpass.form import DENSE, Form
 from tdpass.formats import FORMATS, Layer
@@ -450,3 +451,9 @@ def test_plans_of_versions_that_did_not_count_orders_are_read(
         return
     with pytest.raises(PlanError, match=r"takes .* bytes"):
         RankPlan.from_json(text, "plan")
+
+
+def test_a_model_without_factors_needs_no_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tdpass.passes.pivot, "open_target", None)
+    made = tdpass.compress(net(), data=inputs(), pipeline="pivot,verify", progress=False)
+    assert "no layer is factored" in str(made.report.passes)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import tdpass
 from tdpass.cost import Cost
@@ -296,3 +297,9 @@ def test_a_network_with_an_embedding_is_adaptive_in_its_other_layers() -> None:
     torch.testing.assert_close(narrow(tokens), model(tokens))
     tdpass.set_width(narrow, 0.5)
     torch.testing.assert_close(tdpass.ordinary(narrow, 0.5)(tokens), narrow(tokens))
+
+
+def test_layers_whose_weights_are_computed_are_named_with_what_helps() -> None:
+    model = nn.Sequential(weight_norm(nn.Linear(24, 32)), nn.ReLU(), spectral_norm(nn.Linear(32, 2)))
+    with pytest.raises(UsageError, match=r"0 \(.*remove_parametrizations.*2 \(.*remove_parametrizations"):
+        AdmmTT(budget={"params": 0.5}).prepare(model, X)

@@ -150,3 +150,16 @@ def test_rows_and_columns_break_even_at_once(tmp_path: Path) -> None:
     step = f"sparsify{{support=rows/50%,break_even=table:{tmp_path / 'machine.yaml'}}}"
     artifact = tdpass.compress(module, None, torch.randn(32, 16), pipeline=step, cache=False)
     assert [str(choice.form) for choice in artifact.plan] == ["dense rows/50%"]
+
+
+@pytest.mark.parametrize("step", ["quantize{numbers=int8}", "quantize{numbers=int4}"])
+@pytest.mark.parametrize("copies", [1, 32])
+def test_a_single_sample_is_told_from_inputs_that_vary(copies: int, step: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10)).eval()
+    many = torch.randn(256, 24, generator=torch.Generator().manual_seed(1))
+    made_of = (None, many[:1].repeat(copies, 1))
+    alone, with_one = (
+        float((made(net, data, step).model(many) - net(many)).detach().norm()) for data in made_of
+    )
+    assert with_one < 4 * alone  # a bias that makes up for one sample is off for others

@@ -93,7 +93,7 @@ def find_sites(model: nn.Module) -> tuple[list[Matched], dict[str, str]]:
             hidden.update(id(inner) for inner in module.modules())
             declined[paths[key][0]] = (
                 "its weight is parametrized, and shares a parameter with another module, or was not made "
-                "plain yet"
+                "plain yet: before training, torch.nn.utils.parametrize.remove_parametrizations does that"
             )
     groups: dict[int, list[nn.Module]] = {}
     for key, module in modules.items():
