@@ -94,10 +94,12 @@ class Stored(Pass, ABC):
             layer, wanted = layers[site.name], selects(site.name, job.include, job.exclude)
             if not wanted or site.name in done or not layer.factors:
                 continue
-            form = self.form(layer.form, site)
+            own = _own_numbers(model.weight(site.name).dtype)
+            present = replace(layer.form, numbers=()) if layer.form.numbers == own else layer.form
+            form = self.form(present, site)
             if form.support and not form.numbers:
-                form = replace(form, numbers=_own_numbers(layer))
-            if form == layer.form:
+                form = replace(form, numbers=own)
+            if form in (present, layer.form):
                 continue
             try:
                 check_form(site, form)
@@ -146,12 +148,12 @@ class Stored(Pass, ABC):
         return made
 
 
-def _own_numbers(layer: Layer) -> tuple[str, ...]:
-    """The number type that the layer has.
+def _own_numbers(dtype: torch.dtype) -> tuple[str, ...]:
+    """The number type of a model's weights, which a support stores what it keeps in.
 
     None for single precision, in which what a support keeps is stored anyway.
     """
-    return () if layer.dtype is torch.float32 else (str(layer.dtype).removeprefix("torch."),)
+    return () if dtype is torch.float32 else (str(dtype).removeprefix("torch."),)
 
 
 def _layers(model: Model) -> dict[str, Layer]:

@@ -22,6 +22,7 @@ from tdpass.models import open_model
 
 FACTORED = "plan{macs=0.5,joint=false},factorize,"
 FORMATS_TRIED = ("svd", "channel_svd", "spatial_svd", "tucker2")
+PRUNED = "sparsify{rounding=nearest}"
 STEPS = [
     "quantize", "quantize{numbers=int4}", "sparsify{support=unstructured/50%}",
     "sparsify{support=columns/75%},quantize{numbers=int4}",
@@ -163,3 +164,19 @@ def test_a_single_sample_is_told_from_inputs_that_vary(copies: int, step: str) -
         float((made(net, data, step).model(many) - net(many)).detach().norm()) for data in made_of
     )
     assert with_one < 4 * alone  # a bias that makes up for one sample is off for others
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_pruned_weights_of_any_model_can_be_quantized(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 16, bias=False)).to(dtype).eval()
+    x = torch.randn(32, 32).to(dtype)
+    both, pruned = (
+        tdpass.compress(net, data=x, pipeline=steps, progress=False, strict=False)
+        for steps in (f"{PRUNED},quantize{{numbers=int8,rounding=nearest}}", PRUNED)
+    )
+    assert [str(choice.form) for choice in both.plan] == ["dense int8 2:4"] * 2
+    assert both.report.final.bytes < 0.75 * pruned.report.final.bytes
+    assert both.model(x).dtype == dtype
+    gap = (both.model(x).double() - pruned.model(x).double()).norm() / pruned.model(x).double().norm()
+    assert gap < 0.05
