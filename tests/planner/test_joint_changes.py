@@ -178,3 +178,28 @@ def test_files_of_version_1_hold_the_same_layers(residual: nn.Module, images: Te
     loaded = tdpass.load(tmp_path / "old.safetensors", type(residual)().eval())
     with torch.no_grad():
         assert torch.equal(loaded(images), artifact.model(images))
+
+
+class _Tables(nn.Module):
+    """Tokens and positions are added up, and a layer's branch to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(20, 8), nn.Embedding(5, 8)
+        self.layer, self.out = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1]).expand_as(tokens))
+        return self.out(x + self.layer(x))  # type: ignore[no-any-return]
+
+
+def test_tables_that_are_added_up_are_no_branches() -> None:
+    torch.manual_seed(0)
+    model, x = _Tables().eval(), torch.arange(40).view(8, 5) % 20
+    opened = open_model(model, Batch((x,)))
+    opened.observe(Batch((x,)))
+    sites = {site.name: site for site in opened.sites()}
+    assert {name for name, site in sites.items() if site.table} == {"tokens", "positions"}
+    assert JOINT_CHANGES.get("drop-branch").find([opened.record(Batch((x,)))], sites) == [("layer",)]
+    made = tdpass.make_plan(model, {"params": 0.6}, x, progress=False, cache=False)
+    assert made.plan.planned.params <= 0.6 * made.report.original.params

@@ -46,7 +46,8 @@ def _branches(tape: Tape, sites: Mapping[str, Site], pairs: Sequence[Pair]) -> l
             branch = [name]
             while branch[0] in before:
                 branch.insert(0, before[branch[0]])
-            if all(kind_of(sites[part]).reaches(sites[part]) is not None for part in branch):
+            whole = all(kind_of(sites[part]).reaches(sites[part]) is not None for part in branch)
+            if whole and not any(sites[part].table for part in branch):
                 branches.append(tuple(branch))
     return branches
 
