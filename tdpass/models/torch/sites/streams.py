@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tdpass.errors import PlanError, UnsupportedError
+from tdpass.kinds import kind_of_module
 from tdpass.layers.factorized import Factorized
 from tdpass.layers.shortcuts import lead_sums, leads_sums
 from tdpass.layers.sliced_norm import NormShape, SlicedNorm
@@ -19,6 +21,7 @@ from tdpass.models.torch.sites.head_sizes import heads_of, resize_heads, restore
 from tdpass.models.torch.sites.sums import summing_modules
 
 _SIZES = {"out_features": 0, "in_features": 1, "out_channels": 0, "in_channels": 1, "embedding_dim": 1}
+_FEW = 2
 _LONGER = ("dynamic", "longrope")
 _SIZES |= {"nx": 0, "nf": 1}  # of a layer that holds `[in, out]`, as GPT-2's do
 
@@ -29,13 +32,15 @@ class Slicing:
 
     They are those of its norms, by path, and of all other parameters and buffers, by name.  `heads` are the
     attributes that speak of the width of heads, by the path of the module that has them, `sums` the paths of
-    modules whose sums are led through shortcuts of norms.
+    modules whose sums are led through shortcuts of norms, `layers` the channels (out, in) of layers whose
+    weight is stored in another form.
     """
 
     norms: Mapping[str, NormShape]
     shapes: Mapping[str, tuple[int, ...]]
     heads: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     sums: tuple[str, ...] = ()
+    layers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def slice_module(module: nn.Module, edits: StreamEdits, run: Callable[[], object]) -> None:
@@ -92,7 +97,12 @@ def slicing_of(module: nn.Module) -> Slicing | None:
         if tensor is not None
     }
     sums = tuple(path for path, part in module.named_modules() if leads_sums(part))
-    return Slicing(norms, shapes, heads, sums)
+    layers = {
+        path: (part.site.o, part.site.i)
+        for path, part in module.named_modules(remove_duplicate=False)
+        if isinstance(part, Factorized) and part.site.groups == 1 and path.rpartition(".")[0] not in norms
+    }
+    return Slicing(norms, shapes, heads, sums, layers)
 
 
 def shape_as(module: nn.Module, slicing: Slicing, source: str) -> None:
@@ -119,7 +129,7 @@ def shape_as(module: nn.Module, slicing: Slicing, source: str) -> None:
         lead_sums(modules[path])
     restore_heads(modules, slicing.heads, source)
     made: dict[int, Tensor] = {}
-    for name, wanted in slicing.shapes.items():
+    for name, wanted in {**slicing.shapes, **_of_layers(modules, slicing.layers)}.items():
         path, _, leaf = name.rpartition(".")
         owner = modules.get(path)
         held = None if owner is None else {**owner._parameters, **owner._buffers}.get(leaf)
@@ -133,6 +143,33 @@ def shape_as(module: nn.Module, slicing: Slicing, source: str) -> None:
         new = made.setdefault(id(held), _like(held, torch.empty(wanted, dtype=held.dtype, device="meta")))
         _put(owner, leaf, new)
         owner._non_persistent_buffers_set.discard(leaf)
+
+
+def _of_layers(
+    modules: Mapping[str, nn.Module], layers: Mapping[str, tuple[int, int]]
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of dense weights of so many channels, as their modules hold them, by name."""
+    found = dict[str, tuple[int, ...]]()
+    for path, (outputs, inputs) in layers.items():
+        weight = getattr(modules.get(path), "weight", None)
+        if weight is None:
+            continue
+        channels = (inputs, outputs) if _inputs_first(modules[path]) else (outputs, inputs)
+        found[f"{path}.weight"] = (*channels, *weight.shape[2:])
+        if getattr(modules[path], "bias", None) is not None:
+            found[f"{path}.bias"] = (outputs,)
+    return found
+
+
+def _inputs_first(module: nn.Module) -> bool:
+    """Whether a layer holds its weight `[i, o, *kernel]`, by what it is with a weight that shows it."""
+    kind, weight = kind_of_module(module), module._parameters.get("weight")
+    if kind is None or weight is None:
+        return False
+    probe = copy.copy(module)
+    shape = (_FEW, _FEW + 1, *weight.shape[2:])
+    probe._parameters = {**module._parameters, "weight": nn.Parameter(torch.empty(shape, device="meta"))}
+    return kind.site(probe, "").o != _FEW
 
 
 def _holders(module: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
