@@ -89,10 +89,11 @@ def fake(
             f"1 to {MAX_STAGES} of them"
         )
     check_activation(activation)
-    return _empty_output(x, chain)
+    return empty_output(x, chain)
 
 
-def _empty_output(x: Tensor, chain: Sequence[Stage]) -> Tensor:
+def empty_output(x: Tensor, chain: Sequence[Stage]) -> Tensor:
+    """Memory for what these convolutions make of x."""
     size: Sequence[int | torch.SymInt] = x.shape[2:]
     for stage in chain:
         size = stage.output_size(size)
@@ -145,7 +146,7 @@ def native_cpu(
 ) -> Tensor:
     """The C++ kernel; float32 and bfloat16, float32 inside, or with pair lanes sums alone."""
     integers = tuple(stages)
-    y = _empty_output(x, _program(integers, lanes).stages)
+    y = empty_output(x, _program(integers, lanes).stages)
     rest = None if residual is None else residual.expand_as(y)
     done = run_native(x, weights, bias, rest, integers, activation, lanes, y)
     return y if done else NotImplemented

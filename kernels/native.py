@@ -42,9 +42,9 @@ CStage, CImage, CChain, CRows, CProgram, CSparse, CCell = (
     _DECLARED.structures[f"tdpass_{name}"]
     for name in ("stage", "image", "chain", "rows", "program", "sparse", "cell")
 )
-CActivation, CGrid, CInt8Chain, CMatrix, CWeightOnly, CInt8Cell = (
+CActivation, CGrid, CInt8Chain, CMatrix, CWeightOnly, CInt8Cell, CLevels = (
     _DECLARED.structures[f"tdpass_{name}"]
-    for name in ("activation", "grid", "int8_chain", "matrix", "weight_only", "int8_cell")
+    for name in ("activation", "grid", "int8_chain", "matrix", "weight_only", "int8_cell", "levels")
 )
 
 

@@ -233,6 +233,14 @@ inline Verdict check(const tdpass_sparse* w, const tdpass_image* x, const tdpass
   return check_images(*x, *y, w->residual, &w->shape, 1);
 }
 
+inline Verdict check(const tdpass_levels* layer, const tdpass_image* x, const tdpass_image* y) {
+  if (!layer || !is_image(x) || !is_image(y) || !has_type(layer->dtype, layer->activation) ||
+      !within(layer->levels, 1, 256) || !layer->codes || !layer->table)
+    return REFUSED;
+  if (!is_stage(layer->shape, MAX_TAPS) || layer->shape.groups != 1) return REFUSED;
+  return check_images(*x, *y, layer->residual, &layer->shape, 1);
+}
+
 inline Verdict check_cell(const tdpass_cell* cell) {
   if (!cell || !within(cell->gates, 3, 4) || cell->steps < 0 || cell->batch < 0 ||
       !within(cell->hidden, 1, MOST_CHANNELS) || !within(cell->rank, 1, MOST_CHANNELS))

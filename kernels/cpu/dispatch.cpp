@@ -109,6 +109,9 @@ TDPASS_ENTRY(tdpass_tensor_chain,
 TDPASS_ENTRY(tdpass_sparse_conv,
     (const tdpass_sparse* weight, const tdpass_image* x, const tdpass_image* y, const tdpass_pool* pool),
     (weight, x, y, pool), (weight, x, y))
+TDPASS_ENTRY(tdpass_level_conv,
+    (const tdpass_levels* layer, const tdpass_image* x, const tdpass_image* y, const tdpass_pool* pool),
+    (layer, x, y, pool), (layer, x, y))
 TDPASS_ENTRY(tdpass_weight_only_linear,
     (const tdpass_weight_only* layer, const tdpass_rows* x, const tdpass_rows* y, const tdpass_pool* pool),
     (layer, x, y, pool), (layer, x, y))

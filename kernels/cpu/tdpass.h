@@ -141,6 +141,23 @@ typedef struct {
 __attribute__((visibility("default"))) int32_t tdpass_sparse_conv(
     const tdpass_sparse* weight, const tdpass_image* x, const tdpass_image* y, const tdpass_pool* pool);
 
+// A convolution whose weight is `levels` numbers, up to 256, then y = activation(result + bias + residual);
+// `shape.groups == 1`.  Codes say which number a weight is, `[ceil(out / 16)][h w in][16]`; of no more than
+// 16 levels two to a byte, rows 2 k (the low half) and 2 k + 1 in row k.  Codes beyond the table stand for
+// zero.
+typedef struct {
+  int32_t dtype, levels;
+  tdpass_activation activation;
+  tdpass_stage shape;
+  const uint8_t* codes;
+  const float* table;
+  const float* bias;             // [out] or null
+  const tdpass_image* residual;  // shape of y, or null
+} tdpass_levels;
+
+__attribute__((visibility("default"))) int32_t tdpass_level_conv(
+    const tdpass_levels* layer, const tdpass_image* x, const tdpass_image* y, const tdpass_pool* pool);
+
 // A matrix in panels of 16 outputs, missing ones zero.  `codes` are float32, bfloat16, int8 or float8
 // (e4m3fn)
 // `[ceil(out / 16)][in][16]`, or four bits each,

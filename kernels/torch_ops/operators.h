@@ -67,6 +67,7 @@ Result linear_chain_int8(Arguments& in);
 Result tensor_chain(Arguments& in);
 Result sparse_conv2d(Arguments& in);
 Result sparse_linear(Arguments& in);
+Result level_conv2d(Arguments& in);
 Result weight_only_linear(Arguments& in);
 Result low_rank_lstm(Arguments& in);
 Result low_rank_gru(Arguments& in);

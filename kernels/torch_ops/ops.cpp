@@ -51,6 +51,7 @@ constexpr Operator OPERATORS[] = {
     TDPASS_OPERATOR(tensor_chain),
     TDPASS_OPERATOR(sparse_conv2d),
     TDPASS_OPERATOR(sparse_linear),
+    TDPASS_OPERATOR(level_conv2d),
     TDPASS_OPERATOR(low_rank_lstm),
     TDPASS_OPERATOR(low_rank_gru),
     TDPASS_OPERATOR(low_rank_lstm_int8),

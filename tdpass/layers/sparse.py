@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdpass.form import Form
@@ -16,8 +15,8 @@ from tdpass.formats.lines import lines_left
 from tdpass.formats.lowering import chain_of, stage_of
 from tdpass.kernels.blocks import pack, pack_thin
 from tdpass.kernels.sparse import SPARSE_CONV2D, SPARSE_LINEAR
-from tdpass.kernels.stage import Stage
 from tdpass.layers.derived import Recipe, Tensors, derived
+from tdpass.layers.image_call import ImageCall
 from tdpass.layers.one_operator import OneOperator
 from tdpass.layers.tracing import is_traced
 from tdpass.site import Site
@@ -62,25 +61,20 @@ class PackSparse(Recipe[Tensors]):
         return (*blocks, *pack_thin(v, u, blocks))
 
 
-@dataclass(frozen=True)
-class SparseCall:
+class SparseCall(ImageCall):
     """How the operators are called for a layer of that geometry, on what `PackSparse` packs."""
-
-    stage: Stage
-    axes: int
-    padding_mode: str
-    pads: tuple[int, ...]
 
     def __call__(self, x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, activation: str) -> Tensor:
         blocks, thin = packed[:_BLOCKS], packed[_BLOCKS:]
-        if self.pads:
-            x = F.pad(x, self.pads, mode=self.padding_mode)
-        if not self.axes:
-            y: Tensor = SPARSE_LINEAR.call(x, *blocks, bias, None, self.stage.outputs, activation, *thin)
+        operator, shape = (
+            (SPARSE_CONV2D, self.stage.integers()) if self.axes else (SPARSE_LINEAR, self.stage.outputs)
+        )
+
+        def call(read: Tensor) -> Tensor:
+            y: Tensor = operator.call(read, *blocks, bias, None, shape, activation, *thin)
             return y
-        image = x.unsqueeze(2) if self.axes == 1 else x
-        y = SPARSE_CONV2D.call(image, *blocks, bias, None, self.stage.integers(), activation, *thin)
-        return y.squeeze(2) if self.axes == 1 else y
+
+        return self.on_image(x, call)
 
 
 class SparseLayer(OneOperator):

@@ -26,6 +26,7 @@ from tdpass.layers.integer_chain import IntegerChain
 from tdpass.models.base import Batch
 from tdpass.models.torch.fused.deployable import (
     FusedLayer,
+    PackedLevels,
     PackedSparse,
     PackedWeights,
     export_program,
@@ -42,7 +43,7 @@ ANYWHERE = {
     "tdpass.linear_chain.default",
 }
 ANYWHERE |= {"tdpass.conv_chain.default", "tdpass.weight_only_linear.default"}
-ANYWHERE |= {"tdpass.sparse_conv2d.default", "tdpass.sparse_linear.default"}
+ANYWHERE |= {"tdpass.level_conv2d.default", "tdpass.sparse_conv2d.default", "tdpass.sparse_linear.default"}
 INTEGERS = "quantize,quantize-activations{calibration=minmax}"
 
 
@@ -89,6 +90,7 @@ def operators(model: nn.Module, x: Tensor) -> nn.Module:
         ("quantize{numbers=bfloat16}", {FusedLayer: 5}, 1e-5),
         ("quantize{numbers=int4/32}", {PackedWeights: 2}, 1e-5),
         ("sparsify{support=unstructured/30%}", {PackedSparse: 5}, 1e-5),
+        ("quantize{numbers=levels16}", {PackedLevels: 3, PackedWeights: 2}, 1e-5),
     ],
 )
 @torch.no_grad()

@@ -19,6 +19,7 @@ from tdpass.kernels import (
     conv_chain,
     float8_chain,
     int8_chain,
+    level_conv,
     linear_chain,
     recurrent,
     recurrent_int8,
@@ -27,6 +28,7 @@ from tdpass.kernels import (
     weight_only,
 )
 from tdpass.kernels.blocks import CYCLES, Blocks, pack, pack_thin
+from tdpass.kernels.level_conv import pack_levels
 from tdpass.kernels.stage import Lanes, Stage
 
 # What pairs of bfloat16 are summed for is bfloat16 alone.
@@ -203,6 +205,21 @@ def sparse_conv2d_cases() -> Iterator[Case]:
         yield Case(f"bands-{rank}", (randn(1, 64, 4, 700), *blocks, None, None, *end))
 
 
+def level_conv2d_cases() -> Iterator[Case]:
+    for name, stage in {**SPARSE_STAGES, "wide": Stage(160, 40, 1, (3, 3), (1, 1), (1, 1), (1, 1))}.items():
+        for levels in (1, 5, 16, 17, 200):
+            packed = pack_levels(torch.randint(levels, stage.shape), randn(levels) / 3)
+            for memory_format, activation in (
+                (torch.contiguous_format, "relu"),
+                (torch.channels_last, "silu"),
+            ):
+                x = randn(2, stage.inputs, 9, 21).contiguous(memory_format=memory_format)
+                y = torch.empty((2, stage.outputs, *stage.output_size((9, 21))), memory_format=memory_format)
+                end = (randn(stage.outputs), torch.randn_like(y), stage.integers(), activation)
+                yield Case(f"{name}-{levels}-{activation}", (x, *packed, *end))
+            yield Case(f"{name}-{levels}-empty", (x[:0], *packed, None, None, stage.integers(), "identity"))
+
+
 def _cells(gates: int) -> Iterator[tuple[str, tuple[Tensor, ...], Tensor, tuple[Tensor, Tensor]]]:
     for steps, batch, hidden, rank in (
         (1, 1, 1, 1),
@@ -242,6 +259,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     recurrent.LOW_RANK_LSTM.name: low_rank_lstm_cases,
     recurrent_int8.LOW_RANK_GRU_INT8.name: lambda: cells(3),
     recurrent_int8.LOW_RANK_LSTM_INT8.name: lambda: cells(4),
+    level_conv.LEVEL_CONV2D.name: level_conv2d_cases,
     sparse.SPARSE_CONV2D.name: sparse_conv2d_cases,
     sparse.SPARSE_LINEAR.name: sparse_linear_cases,
     tensor_chain.TENSOR_CHAIN.name: tensor_chain_cases,

@@ -16,6 +16,7 @@ from torch import Tensor
 from tdpass.kernels import (
     conv_chain,
     float8_chain,
+    level_conv,
     linear_chain,
     recurrent,
     recurrent_int8,
@@ -24,6 +25,7 @@ from tdpass.kernels import (
 )
 from tdpass.kernels.blocks import CYCLES, pack
 from tdpass.kernels.grid import Grid, Grids
+from tdpass.kernels.level_conv import pack_levels
 from tdpass.kernels.stage import Lanes, Stage, integers_of
 
 WIDTHS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47)
@@ -156,6 +158,21 @@ def sparse_conv2d_case(chance: Random) -> Case:
     )
 
 
+def level_conv2d_case(chance: Random) -> Case:
+    o, i, levels = chance.choice(WIDTHS), chance.choice(WIDTHS), chance.choice((1, 2, 15, 16, 17, 256))
+    size = [chance.randint(1, 12), chance.randint(1, 40)]
+    x = randn(chance.randint(1, 2), i, *size).contiguous(memory_format=chance.choice(_LAYOUTS))
+    stage = _stage(chance, i, o, size, groups=False)
+    packed = pack_levels(torch.randint(levels, stage.shape), randn(levels))
+    y = level_conv.fake(x, *packed, None, None, stage.integers(), "identity")
+    bias, residual = chance.choice((None, randn(o))), chance.choice((None, torch.randn_like(y)))
+    activation = chance.choice(ENDINGS)
+    return Case(
+        f"{levels} {tuple(x.shape)} {x.stride()} {stage} {activation}",
+        (x, *packed, bias, residual, stage.integers(), activation),
+    )
+
+
 def _cell_case(chance: Random, gates: int) -> Case:
     steps, batch, hidden, rank = (
         chance.randint(1, 5),
@@ -263,6 +280,7 @@ ODD: dict[str, Callable[[Random], Case]] = {
     "weight_only_linear": weight_only_linear_case,
     "low_rank_gru": lambda chance: _cell_case(chance, 3),
     "low_rank_lstm": lambda chance: _cell_case(chance, 4),
+    "level_conv2d": level_conv2d_case,
     "sparse_conv2d": sparse_conv2d_case,
     "sparse_linear": sparse_linear_case,
     "tensor_chain": tensor_chain_case,
@@ -314,9 +332,20 @@ def _sparse_conv_once(values: Tensor, activation: str) -> Iterator[Case]:
         )
 
 
+def _level_conv_once(values: Tensor, activation: str) -> Iterator[Case]:
+    for levels in (1, 17):
+        packed = pack_levels(torch.zeros(1, 1, 1, 1, dtype=torch.int64), torch.ones(levels))
+        yield Case(
+            f"{levels}",
+            (values[None, None, None], *packed, None, None, Stage(1, 1).integers(), activation),
+            BOTH,
+        )
+
+
 _ONCE: dict[str, Callable[[Tensor, str], Iterator[Case]]] = {
     "conv_chain": _conv_once,
     "linear_chain": _linear_once,
+    "level_conv2d": _level_conv_once,
     "sparse_conv2d": _sparse_conv_once,
     "sparse_linear": _sparse_linear_once,
     "tensor_chain": _tensor_once,

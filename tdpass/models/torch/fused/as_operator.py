@@ -15,6 +15,7 @@ from tdpass.layers.contracted import Contracted
 from tdpass.layers.factorized import Factorized
 from tdpass.layers.float_chain import FloatChain
 from tdpass.layers.integer_chain import IntegerChain
+from tdpass.layers.level_conv import LevelConv
 from tdpass.layers.one_operator import OneOperator
 from tdpass.layers.sparse import SparseLayer
 from tdpass.layers.weight_only import WeightOnly
@@ -77,7 +78,9 @@ def call_of(layer: Factorized) -> type[OneOperator]:
     if layer.storage.supports:
         return SparseLayer
     floating = all(isinstance(each, Floating) for each in layer.storage.numbers.values())
-    return FloatChain if floating else WeightOnly
+    if floating:
+        return FloatChain
+    return LevelConv if layer.site.axes else WeightOnly
 
 
 def _times(layer: Factorized, fused: OneOperator, like: Tensor) -> dict[str, float]:

@@ -26,9 +26,11 @@ from tdpass.kernels.stage import Lanes
 from tdpass.kernels.tensor_chain import TENSOR_CHAIN
 from tdpass.kernels.weight_only import WEIGHT_ONLY_LINEAR
 from tdpass.layers.contracted import Contracted
+from tdpass.layers.derived import Tensors
 from tdpass.layers.float_chain import FloatChain
 from tdpass.layers.fused import Fused
 from tdpass.layers.integer_chain import IntegerChain
+from tdpass.layers.level_conv import LevelConv
 from tdpass.layers.one_operator import OneOperator
 from tdpass.layers.sparse import SparseLayer
 from tdpass.layers.weight_only import WeightOnly
@@ -130,15 +132,29 @@ class PackedCores(Packed):
         return y
 
 
-class PackedSparse(Packed):
-    """A layer of mostly zeros, by the weights that it keeps."""
+class PackedImage(Packed):
+    """A layer that is called as an operator on images, by what is packed of its weight."""
 
-    def __init__(self, dense: SparseLayer) -> None:
-        super().__init__(dense, dense.packed(dense.site.out_positions))
+    def __init__(self, dense: SparseLayer | LevelConv, packed: Tensors) -> None:
+        super().__init__(dense, packed)
         self.call = dense.called
 
     def called(self, x: Tensor, packed: list[Tensor]) -> Tensor:
         return self.call(x, packed, self.bias, self.activation)
+
+
+class PackedSparse(PackedImage):
+    """A layer of mostly zeros, by the weights that it keeps."""
+
+    def __init__(self, dense: SparseLayer) -> None:
+        super().__init__(dense, dense.packed(dense.site.out_positions))
+
+
+class PackedLevels(PackedImage):
+    """A convolution of levels, by codes and levels."""
+
+    def __init__(self, dense: LevelConv) -> None:
+        super().__init__(dense, dense.packed())
 
 
 def fused(module: nn.Module) -> tuple[nn.Module, int]:
@@ -173,6 +189,8 @@ def _packed_layer(layer: nn.Module) -> nn.Module | None:
         return PackedCores(layer)
     if isinstance(layer, SparseLayer):
         return PackedSparse(layer)
+    if isinstance(layer, LevelConv):
+        return PackedLevels(layer)
     if isinstance(layer, IntegerChain):
         return layer
     chosen = isinstance(layer, FloatChain) or (isinstance(layer, Fused) and layer.lanes is not None)
