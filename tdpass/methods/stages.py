@@ -11,17 +11,20 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
-from tdpass.artifact import Artifact
+from tdpass.artifact import Artifact, load_plan
 from tdpass.following import Progress, silent
 from tdpass.models import ExampleInputs
-from tdpass.pipeline import PipelineSpec
+from tdpass.passes.plan import Plan
+from tdpass.pipeline import Pipeline, PipelineSpec
 from tdpass.report import TrainingRow
 from tdpass.training.calls import Passes, once
 from tdpass.training.loop import Data, Objective
 from tdpass.training.phases import Phased
+from tdpass.training.placement import world
 from tdpass.training.settings import Settings
 from tdpass.verbs import compress
 
+_DECIDED = "decided.json"
 Score = Callable[[nn.Module], float]
 Parallel = Literal["ddp", "fsdp2"]
 
@@ -116,15 +119,34 @@ def of_pipeline(run: Run, pipeline: PipelineSpec | None) -> Stages:
     if pipeline is None:
         artifact = compress(dense, pipeline="", progress=False, example_inputs=run.example_inputs)
     else:
-        artifact = compress(
-            dense,
-            pipeline=pipeline,
-            progress=run.progress,
-            data=run.calibration,
-            example_inputs=run.example_inputs,
-            **run.compression,
-        )
+        artifact = _compressed(run, dense, Pipeline.parse(pipeline))
     return (yield from finished(run, dense, artifact, 0))
+
+
+def _compressed(run: Run, dense: nn.Module, steps: Pipeline) -> Artifact:
+    """What the pipeline makes of the dense model.
+
+    A machine tells other times when it is asked again, so a run that goes on carries out the plan it had.
+    """
+    timed = "target" in run.compression
+    kept = run.folder / _DECIDED if run.folder is not None and timed else None
+    plan = load_plan(kept) if kept is not None and run.resume and kept.exists() else None
+    options = dict(run.compression)
+    if plan is not None:
+        del options["target"]
+        steps = Pipeline(tuple(step for step in steps.passes if not isinstance(step, Plan)))
+    artifact = compress(
+        dense,
+        plan=plan,
+        pipeline=steps,
+        progress=run.progress,
+        data=run.calibration,
+        example_inputs=run.example_inputs,
+        **options,
+    )
+    if kept is not None and plan is None and world()[0] == 0:
+        artifact.plan.save(kept)
+    return artifact
 
 
 def module_of(artifact: Artifact) -> nn.Module:

@@ -73,6 +73,23 @@ class Here(Moody):
     here = True
 
 
+class Summed(Moody):
+    """A whole network takes what its layers do, and half as much beside them."""
+
+    def time_models(
+        self, models: Sequence[Model], batch: Batch, setting: Setting, yardstick: Site | None = None
+    ) -> list[float]:
+        rest = 0.5 * sum(self._seconds(site, DENSE) for site in models[0].sites())
+        return [
+            rest + sum(self._seconds(site, _form(model, site)) for site in model.sites()) for model in models
+        ]
+
+
+def _form(model: Model, site: Site) -> Form:
+    layer = model.layer(site.name)
+    return DENSE if layer is None else layer.form
+
+
 def train(
     method: str, machine: Moody, folder: Path, stop: tuple[str, int] | None = None, resume: bool = False
 ) -> tdpass.Artifact:
@@ -161,3 +178,36 @@ def test_prices_that_cannot_be_read_are_refused_in_words(tmp_path: Path) -> None
     with pytest.raises(UsageError, match="not a table of prices of a training run"):
         Ledger(tmp_path, resume=True)
     assert Ledger(tmp_path).amounts(Site("0", "linear", (2, 2)), [DENSE], lambda forms: [1.0]) == [1.0]
+
+
+@pytest.mark.parametrize("stop", [("train (finetune)", 1), ("train (finetune)", 7)])
+def test_a_pipeline_on_a_target_goes_on_by_the_plan_it_had(stop: tuple[str, int], tmp_path: Path) -> None:
+    def run(machine: Moody, folder: str, stopped: bool = False, resume: bool = False) -> tdpass.Artifact:
+        def seen(what: str, done: int, of: int) -> None:
+            if stopped and (what, done) == stop:
+                raise KeyboardInterrupt
+
+        return tdpass.train(
+            training_run.network(),
+            training_run.data(),
+            "plan{seconds=0.7,joint=false},factorize",
+            compression={"target": machine, "cache": False, "strict": False, "effort": "fast"},
+            calibration=torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(0)),
+            settings={"lr": 0.05},
+            finetune=2,
+            control=False,
+            example_inputs=torch.zeros(2, 1, 8, 8),
+            folder=tmp_path / folder,
+            resume=resume,
+            checkpoint_every=3,
+            progress=seen,
+        )
+
+    straight, first = run(Summed(), "straight"), Summed()
+    with pytest.raises(KeyboardInterrupt):
+        run(first, "stopped", stopped=True)
+    resumed = run(Summed(first.asked), "stopped", resume=True)
+    assert any(not choice.kept_dense for choice in straight.plan)
+    assert [choice.form for choice in resumed.plan] == [choice.form for choice in straight.plan]
+    expected = straight.model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.model.state_dict().items())
