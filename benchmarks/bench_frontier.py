@@ -162,7 +162,7 @@ def main() -> None:
     trained = {
         row["method"]: row
         for row in _rows(FOLDER / "trained.csv")
-        if (row["runtime"], row["model"]) == ("eager", name)
+        if (row["runtime"], row["model"]) == ("eager", name) and row["epochs"] != "0"
     }
     points = [{**row, "method": f"{method}{TRAINED}"} for method, row in trained.items()]
     write_text(options.plot, f"{draw([*latest.values(), *points])}\n")

@@ -1,4 +1,4 @@
-"""Trained small networks by the time they take: all of them and the dense one timed in turn, in one process.
+"""Trained small networks by the time they take, each timed in turn with the dense one.
 
     TDPASS_DATA=... python -m benchmarks.bench_trained haloc=out/haloc lc=out/lc   # results/trained.csv
 
@@ -41,47 +41,42 @@ COLUMNS = (
     "dense_milliseconds",
     "over_dense",
 )
+PREPARED = 5  # times anew, as where tensors come to lie in memory moves eager torch by a tenth
 IN_RUNTIMES = ("eager", "onnxruntime")
-Calls = dict[str, Callable[[], object]]
 
 
-def calls_of(module: nn.Module, x: Tensor) -> Calls:
-    """One call of the network in each runtime."""
-    innermost = Batch((x.contiguous(memory_format=torch.channels_last),), {})
+def call_of(module: nn.Module, x: Tensor, runtime: str) -> Callable[[], object]:
+    """One call of the network in a runtime; raises where that does not run it."""
     opened = open_model(module.eval(), x[:2]).clone()
     assert isinstance(opened, FoldsBatchNorm)
     opened.fold_batchnorm()
-    folded = opened.unwrap()
-    assert isinstance(folded, nn.Module)
-    graph = open_model(exported(folded, x), None)
-    assert isinstance(opened, FusesChains)
-    opened.fuse(lambda text: None, lambda name, reason: None, innermost)
-    found: Calls = {}
-    for name, model in zip(IN_RUNTIMES, (opened, graph), strict=True):
-        call = RUNTIMES.get(name).prepare_model(model, Batch((x,), {}), 1)
-        if call is not None:
-            found[name] = call
-    return found
+    if runtime == "eager":
+        assert isinstance(opened, FusesChains)
+        innermost = Batch((x.contiguous(memory_format=torch.channels_last),), {})
+        opened.fuse(lambda text: None, lambda name, reason: None, innermost)
+    else:
+        folded = opened.unwrap()
+        assert isinstance(folded, nn.Module)
+        opened = open_model(exported(folded, x), None)
+    call = RUNTIMES.get(runtime).prepare_model(opened, Batch((x,), {}), 1)
+    if call is None:
+        raise SystemExit(f"{runtime} does not run {type(module).__name__}")
+    return call
 
 
-def measured(network: str, folders: dict[str, Path], batch: int, rounds: int) -> list[dict[str, Value]]:
-    """A row for every network and runtime."""
+def measured(network: str, method: str, folder: Path, batch: int, rounds: int) -> list[dict[str, Value]]:
+    """A row for every runtime; no other network is held meanwhile, as memory that is full slows all down."""
     x = cifar.data().prepared(cifar.data().test.inputs[:batch])
     dense = cifar.load_resnet(network)
-    every = {"dense": calls_of(dense, x)}
-    for method, folder in folders.items():
-        module = tdpass.load(folder / "model.safetensors", cifar.load_resnet(network))
-        every[method] = calls_of(module, x)
-    names = [(method, runtime) for method, calls in every.items() for runtime in calls]
-    with torch.inference_mode(), threads_of_torch(1):
-        times = interleaved([every[method][runtime] for method, runtime in names], rounds)
-    seconds = {name: statistics.median(found) for name, found in zip(names, times, strict=True)}
-    rows = []
-    for method, runtime in names:
-        if method == "dense":
-            continue
-        report = Report.load(folders[method] / "report.json")
-        own, whole = seconds[method, runtime], seconds["dense", runtime]
+    module = tdpass.load(folder / "model.safetensors", cifar.load_resnet(network))
+    report, rows = Report.load(folder / "report.json"), []
+    for runtime in IN_RUNTIMES:
+        with torch.no_grad(), threads_of_torch(1):
+            runs = [
+                interleaved([call_of(net, x, runtime) for net in (module, dense)], rounds)
+                for _ in range(PREPARED)
+            ]
+        own, whole = (statistics.median(statistics.median(run[which]) for run in runs) for which in (0, 1))
         row: dict[str, Value] = {"model": network, "method": method, "batch": batch, "runtime": runtime}
         row |= {"epochs": sum(entry.stage in ("method", "finetune") for entry in report.training)}
         row |= {"before_finetuning": report.checks.get("score_before_finetuning")}
@@ -98,7 +93,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="METHOD=FOLDER")
     parser.add_argument("--network", default="resnet20", choices=list(cifar.DENSE_ACCURACY))
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=FOLDER / "trained.csv")
     options = parser.parse_args()
     folders = {method: Path(folder) for method, _, folder in (run.partition("=") for run in options.runs)}
@@ -108,10 +103,11 @@ def main() -> None:
                 f"{folder} holds no model.safetensors; give METHOD=FOLDER of a finished training run"
             )
     table = Table(options.out, COLUMNS)
-    rows = measured(options.network, folders, options.batch, options.rounds)
-    for row in rows:
-        table.add(**row)
-    print(show(rows, COLUMNS))
+    for method, folder in folders.items():
+        rows = measured(options.network, method, folder, options.batch, options.rounds)
+        for row in rows:
+            table.add(**row)
+        print(show(rows, COLUMNS), flush=True)
 
 
 if __name__ == "__main__":
