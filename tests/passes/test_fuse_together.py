@@ -16,6 +16,7 @@ from tdpass.layers.integer_chain import IntegerChain
 from tdpass.layers.one_operator import OneOperator
 from tdpass.models import open_model
 from tdpass.models.base import Batch
+from tdpass.models.torch.fused.fuse import chosen_operators
 from tdpass.models.torch.fused.handed_bytes import handed_bytes
 from tdpass.timings import Key, Row, TimingTable
 
@@ -105,6 +106,14 @@ def test_by_themselves_they_run_as_they_are_and_in_graphs_as_operators(
     assert sum("integer_chain" in str(node.target) for node in program.graph.nodes) == 4
     error = (program.module()(x) - plain).abs().max()
     assert float(error) <= 0.05 * float(plain.abs().max())
+
+
+def test_a_model_that_was_fused_can_be_fused_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `deploy` does with what `fuse-kernels` left: its chains hand bytes on, and are not chosen again."""
+    model, declined = made(2.0, monkeypatch).model, dict[str, str]()
+    again = chosen_operators(model, Batch((torch.randn(2, 4, 8, 8),), {}), declined.__setitem__)
+    assert chains(again) == {"a", "b", "c", "d"}
+    assert declined.keys() == {"alone", "last"}
 
 
 def test_bytes_are_timed_on_calls_of_the_sizes_that_the_graph_has(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,15 +43,18 @@ def handed_bytes(module: nn.Module, layers: Mapping[str, IntegerChain], example:
     }
     graph = joined_program(twin, example)
     return [
-        Shared(frozenset(_owner(node, named) for node in handed.nodes), _saved(graph, handed))
+        Shared(
+            frozenset(named[path] for path in map(_owner, handed.nodes) if path in named),
+            _saved(graph, handed),
+        )
         for handed in hand_overs(graph.graph)
     ]
 
 
-def _owner(chain: Node, named: Mapping[str, str]) -> str:
-    """The path of the layer whose codes a chain reads."""
+def _owner(chain: Node) -> str:
+    """The path of the layer whose codes a chain reads; chains that the module holds already are not chosen."""
     codes: Any = chain.args[ARGUMENTS["codes"]]
-    return named[str(codes[0].target).rpartition(".")[0]]
+    return str(codes[0].target).rpartition(".")[0]
 
 
 def _saved(graph: GraphModule, handed: HandOver) -> float:
