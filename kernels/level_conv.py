@@ -31,7 +31,8 @@ class Coded(NamedTuple):
     """A weight `[o, i, h, w]` as levels, in panels of 16 outputs.
 
     `table` are up to 256 numbers.  `codes`, uint8, say which of them: `[ceil(o / 16), h w i, 16]`, or where
-    there are no more than 16 numbers two to a byte, rows 2 k (the low half) and 2 k + 1 in row k.  Codes beyond the table stand for zero.
+    there are no more than 16 numbers two to a byte, rows 2 k (the low half) and 2 k + 1 in row k.  Codes
+    beyond the table stand for zero.
     """
 
     codes: Tensor

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from tdpass.form import Form
 from tdpass.formats.layer import Layer
@@ -14,9 +14,7 @@ from tdpass.formats.lowering import stage_of
 from tdpass.kernels.conv_chain import MAX_TAPS
 from tdpass.kernels.level_conv import LEVEL_CONV2D, pack_levels
 from tdpass.layers.derived import Recipe, Tensors, derived
-from tdpass.layers.image_call import ImageCall
-from tdpass.layers.one_operator import OneOperator
-from tdpass.layers.tracing import is_traced
+from tdpass.layers.image_call import ImageCall, ImageOperator
 from tdpass.numbers import VALUES
 from tdpass.numbers.levels import TABLE, Levels
 from tdpass.ops import TorchOps
@@ -50,7 +48,7 @@ class LevelCall(ImageCall):
         return self.on_image(x, call)
 
 
-class LevelConv(OneOperator):
+class LevelConv(ImageOperator):
     """A convolution of levels as `level_conv2d`: no weight of floats is made of them in a call.
 
     Where gradients are wanted, while it is traced, compiled or exported, and for types that the kernels do
@@ -58,14 +56,7 @@ class LevelConv(OneOperator):
     """
 
     operator = "level_conv2d"
-
-    def __init__(
-        self, layer: Layer, bias: nn.Parameter | None, padding_mode: str = "zeros", pads: tuple[int, ...] = ()
-    ) -> None:
-        super().__init__(layer, bias, padding_mode, pads)
-        stage = stage_of(layer.site)
-        assert stage is not None
-        self.called = LevelCall(stage, layer.site.axes, padding_mode, pads)
+    calls = LevelCall
 
     @staticmethod
     def why_not(layer: Layer) -> str:
@@ -86,6 +77,3 @@ class LevelConv(OneOperator):
 
     def packed_call(self, x: Tensor) -> Tensor:
         return self.called(x, self.packed(), self.bias, self.activation)
-
-    def serves(self, x: Tensor) -> bool:
-        return self.fits(x, [self.bias]) and not is_traced(x)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tdpass.form import Form
 from tdpass.formats.base import FORMATS
@@ -16,9 +16,7 @@ from tdpass.formats.lowering import chain_of, stage_of
 from tdpass.kernels.blocks import pack, pack_thin
 from tdpass.kernels.sparse import SPARSE_CONV2D, SPARSE_LINEAR
 from tdpass.layers.derived import Recipe, Tensors, derived
-from tdpass.layers.image_call import ImageCall
-from tdpass.layers.one_operator import OneOperator
-from tdpass.layers.tracing import is_traced
+from tdpass.layers.image_call import ImageCall, ImageOperator
 from tdpass.site import Site
 
 _BLOCKS = 4  # tensors of a weight in blocks; behind them V and U where there is a product
@@ -77,7 +75,7 @@ class SparseCall(ImageCall):
         return self.on_image(x, call)
 
 
-class SparseLayer(OneOperator):
+class SparseLayer(ImageOperator):
     """A layer with a support as `sparse_linear` or `sparse_conv2d`, from the weights that it keeps.
 
     The factors of `W = U V + S` are multiplied in the same pass.  Where gradients are wanted, while it is
@@ -85,14 +83,7 @@ class SparseLayer(OneOperator):
     """
 
     operator = "sparse"
-
-    def __init__(
-        self, layer: Layer, bias: nn.Parameter | None, padding_mode: str = "zeros", pads: tuple[int, ...] = ()
-    ) -> None:
-        super().__init__(layer, bias, padding_mode, pads)
-        stage = stage_of(layer.site)
-        assert stage is not None
-        self.called = SparseCall(stage, layer.site.axes, padding_mode, pads)
+    calls = SparseCall
 
     @staticmethod
     def why_not(layer: Layer) -> str:
@@ -116,6 +107,3 @@ class SparseLayer(OneOperator):
 
     def packed_call(self, x: Tensor) -> Tensor:
         return self.called(x, self.packed(x.numel() // self.site.i), self.bias, self.activation)
-
-    def serves(self, x: Tensor) -> bool:
-        return self.fits(x, [self.bias]) and not is_traced(x)

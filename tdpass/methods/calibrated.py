@@ -17,11 +17,12 @@ from tdpass.formats.layer import Layer
 from tdpass.formats.metric import Metric
 from tdpass.models.base import Model
 from tdpass.models.batch import Batch
-from tdpass.planner.divergence import Divergence
+from tdpass.planner.divergence import Divergence, FittedDivergence
 from tdpass.planner.effort import EFFORTS
 from tdpass.planner.moments import stream_metrics
 from tdpass.planner.sensitivity import Sweep, measure_losses
 from tdpass.site import Site
+from tdpass.tape import Tape
 from tdpass.training.calls import class_scores
 
 
@@ -32,12 +33,17 @@ def metrics_of(
 
     Second moments of what it reads, and what its output means to the network's.
     """
-    wish = Divergence()
-    divergence = wish.fit([wish.outputs(model.run(batch)) for batch in batches])
-    tapes = [model.record(batch) for batch in batches]
+    tapes, divergence = _recorded(model, batches)
     tick = partial(progress, "reading calibration data")
     found = {site.name: metric for site, metric in stream_metrics(tapes, sites, divergence, tick)}
     return {site.name: found.get(site.name, Metric()) for site in sites}
+
+
+def _recorded(model: Model, batches: Sequence[Batch]) -> tuple[list[Tape], FittedDivergence]:
+    """Runs of the model on these calls, and how far other outputs are from its own."""
+    wish = Divergence()
+    divergence = wish.fit([wish.outputs(model.run(batch)) for batch in batches])
+    return [model.record(batch) for batch in batches], divergence
 
 
 @dataclass(frozen=True)
@@ -56,9 +62,8 @@ def losses_of(
     On as many samples, and for as many layers, as the planner has time for at its usual effort, counted in
     multiply-adds so that the same model has the same losses again; the rest follow from their errors.
     """
-    wish, effort = Divergence(), EFFORTS["normal"].of(model.macs())
-    divergence = wish.fit([wish.outputs(model.run(batch)) for batch in batches])
-    sweep = Sweep([model.record(batch) for batch in batches], divergence, effort.for_losses(len(sites)))
+    effort = EFFORTS["normal"].of(model.macs())
+    sweep = Sweep(*_recorded(model, batches), effort.for_losses(len(sites)))
     allowed = effort.for_candidates(len(sites), sweep.tried_on)
     found = {}
     for done, name in enumerate(sorted(sites, key=sweep.place)):

@@ -39,7 +39,8 @@ class Recipe(Ingredients):
 
     `evaluate` (not on test data) and `test` score the model: a part of the data set (`tuning`, `test`), on
     which accuracy is measured, or `package.module:name`, where `test(model)` returns a score; `calibration`
-    gives the data of a pipeline in the same way, `compression` its options of `tdpass.compress`.  The rest is as `tdpass.train` has it.
+    gives the data of a pipeline in the same way, `compression` its options of `tdpass.compress`.  The rest is
+    as `tdpass.train` has it.
     """
 
     method: Mapping[str, Any] | str | None = None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tdpass.digest import digest
 from tdpass.errors import NumericalError
+from tdpass.following import Progress, silent
 from tdpass.form import DENSE, Form
 from tdpass.formats.base import FORMATS, offered_formats
 from tdpass.formats.metric import Metric
@@ -42,8 +43,6 @@ _SLACK = 1.5
 _SETTLE_SHARE = 0.3
 _FIT_SHARE = 0.5
 _JOINT_SHARE = 0.25
-
-Tick = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class Tabulation:
     formats: Sequence[str] = ()
     cache: CandidateCache = field(default_factory=lambda: CandidateCache(None))
     context: str = ""
-    tick: Tick = lambda what, done, of: None
+    tick: Progress = silent
     target: Target | None = None
     effort: Effort = THOROUGH
     offer: Offer = NOTHING

@@ -26,8 +26,8 @@ class Table:
 
     `present` holds the sites that are in some form already, `priced` the dense layers with what they cost on
     a target, where one said so; `settling` measures losses; `declined` says why a site has no candidates,
-    `apart` why it takes no part in joint changes; `prepared` is the cost of the model with its sites as they are, where that is not the cost of the model
-    that came in.
+    `apart` why it takes no part in joint changes; `prepared` is the cost of the model with its sites as they
+    are, where that is not the cost of the model that came in.
     """
 
     sites: tuple[Site, ...]

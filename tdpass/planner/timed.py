@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tdpass.cost import Budget, Cost
 from tdpass.errors import BudgetError
+from tdpass.following import Progress, silent
 from tdpass.form import DENSE, Form
 from tdpass.measures import MEASURES, Needs
 from tdpass.planner.candidates import Candidate, dense_candidate
@@ -19,8 +20,6 @@ from tdpass.site import Site
 
 TURNS = 6
 
-Tick = Callable[[str, int, int], None]
-
 
 @dataclass(frozen=True)
 class TargetPlan:
@@ -30,7 +29,7 @@ class TargetPlan:
     table: Table
 
 
-def price_table(table: Table, prices: Prices, tick: Tick = lambda what, done, of: None) -> None:
+def price_table(table: Table, prices: Prices, tick: Progress = silent) -> None:
     """Price the dense layer of every site and its candidates, or as many as others can be judged by.
 
     Sites of equal shape once.
@@ -41,7 +40,7 @@ def price_table(table: Table, prices: Prices, tick: Tick = lambda what, done, of
 
 
 def plan_on_target(
-    table: Table, budget: Budget, original: Cost, prices: Prices, tick: Tick = lambda what, done, of: None
+    table: Table, budget: Budget, original: Cost, prices: Prices, tick: Progress = silent
 ) -> TargetPlan:
     """The best choice among the candidates that are cheaper than dense.
 

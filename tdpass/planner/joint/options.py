@@ -9,6 +9,7 @@ from functools import partial
 
 from torch import Tensor
 
+from tdpass.following import Progress
 from tdpass.formats.layer import Layer, cost_of
 from tdpass.models.streams import HeadChange
 from tdpass.planner.candidates import Candidate, bias_cost
@@ -24,7 +25,6 @@ from tdpass.tape import Tape
 
 Read = Callable[[str], Tensor]
 ReadBias = Callable[[str], Tensor | None]
-Tick = Callable[[str, int, int], None]
 Made = tuple[JointChange, Group]
 
 
@@ -52,7 +52,7 @@ def joint_options(
     bias: ReadBias,
     tapes: Sequence[Tape],
     sweep: Sweep,
-    tick: Tick,
+    tick: Progress,
     seconds: float = math.inf,
     changes: Sequence[JointChange] = (),
     carries: Carries = always,
